@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from networks.checksums import ChangedFile
+
 from .config import UserError
 from .extras import missing_package
 from .interrupts import INTERRUPTED, SIGNALS
@@ -159,7 +161,7 @@ def explain(
     passing: Sequence[int] = PASSING,
 ) -> tuple[int, str] | None:
     """(exit code, text) of an error that is no bug. None for the others."""
-    if isinstance(error, UserError):
+    if isinstance(error, (UserError, ChangedFile)):
         return USER_ERROR, str(error)
     if isinstance(error, OSError) and error.errno:
         code = FAILED if error.errno in passing else USER_ERROR

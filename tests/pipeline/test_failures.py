@@ -10,6 +10,7 @@ import sys
 import numpy
 import pytest
 
+from networks.checksums import ChangedFile
 from pipeline.config import UserError
 from pipeline.extras import EXTRAS, ROOT, missing_package, remedy, require
 from pipeline.failures import INTERRUPTED, answer, cannot_write, explain, fullest, size_text
@@ -33,6 +34,7 @@ def said(capsys, error, **options):
 
 def test_a_mistake_of_the_users_is_its_own_words(capsys):
     assert said(capsys, UserError("one\ntwo")) == (2, "error: one\nerror: two\n")
+    assert said(capsys, ChangedFile("a is damaged")) == (2, "error: a is damaged\n")
 
 
 @pytest.mark.parametrize(

@@ -186,7 +186,10 @@ def specialist_ensemble(
         return stages[m].folder("model.json")
 
     def load_one(m: int) -> Specialist:
-        return load_specialist(folder_of(m), generalist, (), device, builders)
+        try:
+            return load_specialist(folder_of(m), generalist, (), device, builders)
+        except ValueError as error:  # damaged, which is found when rows first need it
+            raise UserError(str(error)) from None
 
     ensemble = SpecialistEnsemble(
         generalist,
