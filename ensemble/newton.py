@@ -599,7 +599,9 @@ def _scaled(matrix: Tensor) -> tuple[Tensor, Tensor]:
     Rounding cannot then leave a pivot at zero or below, which would be NaN for good.
     """
     identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    scale = 1 / torch.sqrt((matrix * identity).sum(-1))
+    # By a product: of no rows onnxruntime leaves the dimension that a sum takes away.
+    ones = torch.ones_like(identity[:, :1])
+    scale = 1 / torch.sqrt(((matrix * identity) @ ones)[..., 0])
     return matrix * scale[..., :, None] * scale[..., None, :] + RIDGE * identity, scale
 
 
