@@ -150,6 +150,7 @@ def sent_bytes(events: Iterable, ranks: int) -> dict[str, float]:
 
 def storages() -> int:
     """Bytes of all tensors that this process holds, each storage once."""
+    gc.unfreeze()  # what a stage has frozen is not listed
     gc.collect()
     sizes: dict[int, int] = {}
     for value in gc.get_objects():
