@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
 
@@ -60,7 +61,7 @@ def write_part(
 
     Raises OSError where it cannot be written.
     """
-    named = {f"{name}.rows-{part:05d}": tensor for name, tensor in rows.items()} | {**(whole or {})}
+    named = {_part_of(name, part): tensor for name, tensor in rows.items()} | {**(whole or {})}
     final = directory / part_name(prefix, part, parts)
     with appearing(final) as unfinished, open(unfinished, "wb") as file:
         _write_tensors(file, named)
@@ -125,7 +126,11 @@ def _checked_bounds(name: str, bounds: list) -> tuple[int, ...]:
 
 def _parts_of(name: str, bounds: tuple[int, ...]) -> list[str]:
     """What the parts of a tensor are called in their files."""
-    return [f"{name}.rows-{part:05d}" for part in range(len(bounds) - 1)]
+    return [_part_of(name, part) for part in range(len(bounds) - 1)]
+
+
+def _part_of(name: str, part: int) -> str:
+    return f"{name}.rows-{part:05d}"
 
 
 def _rows_of(opened: Any, key: str, rows: slice | None) -> Any:
@@ -190,32 +195,32 @@ class RowFiles:
             return whole if rows is None else whole[rows]
         bounds = self.bounds[name]
         first, end, _ = (rows or slice(None)).indices(bounds[-1])
-        joined = None
-        keys = _parts_of(name, bounds)
-        for part, key in enumerate(keys):
-            start, stop = max(first, bounds[part]), min(end, bounds[part + 1])
-            if start < stop:
-                here = slice(start - bounds[part], stop - bounds[part])
-                count = bounds[part + 1] - bounds[part]
-                piece = self._read(self.files[key], key, here, count)
-                if len(piece) == end - first:
-                    return piece
-                if joined is None:
-                    for other in range(part, len(keys)):  # what an index lies is not allocated
-                        if bounds[other] < end:
-                            held = bounds[other + 1] - bounds[other]
-                            self._read(self.files[keys[other]], keys[other], slice(0, 0), held)
-                    joined = piece.new_empty((end - first, *piece.shape[1:]))
-                if (piece.dtype, piece.shape[1:]) != (joined.dtype, joined.shape[1:]):
-                    raise ValueError(
-                        f"{self.directory / self.files[key]} is damaged: the rows of {name} are "
-                        "of another shape or kind in other files"
-                    )
-                joined[start - first : stop - first] = piece  # one part at a time is beside it
-        if joined is not None:
-            return joined
-        # Of the shape and kind that any part has.
-        return self._read(self.files[keys[0]], keys[0], slice(0, 0), bounds[1])
+        spans = {}  # part -> those of its rows that are read, where there are any
+        for part, (start, stop) in enumerate(pairwise(bounds)):
+            if max(first, start) < min(end, stop):
+                spans[part] = slice(max(first, start) - start, min(end, stop) - start)
+        if len(spans) < 2:  # without a row it is of the shape and kind that any part has
+            part, here = next(iter(spans.items()), (0, slice(0, 0)))
+            return self._read_part(name, part, here)
+        # No memory is taken before every part is known to be as the index says.
+        empty = [self._read_part(name, part, slice(0, 0)) for part in spans]
+        if len({(each.dtype, each.shape[1:]) for each in empty}) > 1:
+            key = _part_of(name, min(spans))
+            raise ValueError(
+                f"{self.directory / self.files[key]} is damaged: the rows of {name} are of another "
+                "shape or kind in other files"
+            )
+        joined = empty[0].new_empty((end - first, *empty[0].shape[1:]))
+        for part, here in spans.items():  # one at a time is beside the whole
+            to = bounds[part] - first
+            joined[here.start + to : here.stop + to] = self._read_part(name, part, here)
+        return joined
+
+    def _read_part(self, name: str, part: int, rows: slice) -> Tensor:
+        """Rows of a part of a split tensor, which must have as many as the index says."""
+        bounds = self.bounds[name]
+        key = _part_of(name, part)
+        return self._read(self.files[key], key, rows, bounds[part + 1] - bounds[part])
 
     def _read(self, file: str, key: str, rows: slice | None = None, count: int = 0) -> Tensor:
         """A file's tensor, or `rows` of it. It must have `count` rows then."""
